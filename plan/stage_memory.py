@@ -108,7 +108,8 @@ class Stages:
             backward.add(unit.backward)
             backward.now["gradients"] += shards
         after = Counter(backward.now)
-        after.subtract({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
+        # The gradient of the stage's input leaves; that of its output has come or was made here.
+        after.subtract({"gathered by FSDP": gathers, "gradients of activations": 0 if first else stream})
         if shared and not fsdp and not place.first:
             after["gradients"] -= place.stored * self.held.sharded["embedding"]
         if fsdp and root:

@@ -120,5 +120,13 @@ def test_a_pipeline_keeps_fewer_micro_batches_on_later_ranks() -> None:
     assert kept[0]["experts"] / kept[1]["experts"] == pytest.approx(7 / 2)  # 1f1b keeps P - rank micro-batches
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_micro_batch_leaves_nothing_behind(rank: int) -> None:
+    """The second and later ones of a 1f1b schedule need the same, on the first stage and on the last."""
+    words = f"{COMMON.format(nodes=1)} model=mixtral_8x7b model.layers=4 parallel.pipeline=2 parallel.expert=4"
+    few, more = (rank_memory(compose([*words.split(), f"batch.sequences={4 * micros}"]), 8, rank).peak for micros in (4, 8))
+    assert few == more
+
+
 def test_chunks_of_logits_are_those_of_the_head() -> None:
     assert LOGITS["cuda"] == ends.LOGITS
