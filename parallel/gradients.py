@@ -146,7 +146,8 @@ def scale_gradients(parallel: Parallel, factor: Tensor) -> None:
     """Multiplies all gradients by a scalar, in place. Those in bf16 are multiplied in fp32 and rounded."""
     gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]
     wide = [gradient for gradient in gradients if gradient.dtype != torch.bfloat16]
-    _foreach_mul_(wide, factor.to(wide[0].dtype))
+    if wide:  # a first stage may have the embedding alone
+        _foreach_mul_(wide, factor.to(wide[0].dtype))
     for gradient in gradients:
         if gradient.dtype == torch.bfloat16:
             gradient.mul_(factor.float().view(1))  # a scalar would be rounded to bf16 first
