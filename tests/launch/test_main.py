@@ -56,7 +56,7 @@ ASKED = [
     (["--help"], "tokenyard generate CHECKPOINT", ("torch", "hydra", "numpy")),
     (
         ["train", "--help"],
-        "experiment: capacity, deepseek_moe_16b, deepseek_v3_2048_gpus, deepseek_v3_256_gpus",
+        "experiment: capacity, cpu_hour, deepseek_moe_16b, deepseek_v3_2048_gpus",
         ("torch", "numpy"),
     ),
     (["train", "--cfg", "job", "model=tiny"], "width: 64", ("torch", "numpy", "wandb", "datasets")),
