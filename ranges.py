@@ -4,9 +4,11 @@ import builtins
 import contextlib
 import dataclasses
 import functools
+import math
 import numbers
 import types
 import typing
+from collections.abc import Iterator
 from enum import EnumType
 from operator import attrgetter
 
@@ -30,22 +32,31 @@ def ranges(cls: type, prefix: str = "") -> dict[str, str]:
     return found
 
 
+def bounds(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
+
+
 def inside(value: float, interval: str) -> bool:
     """Whether `value` lies in `interval`; ( and ) exclude the bound."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    low, high = bounds(interval)
     return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+
+
+def outside(section: typing.Any) -> Iterator[tuple[str, float, str]]:
+    """Yields key, value and interval of each number of a dataclass, and of those in it, that is outside its range."""
+    for key, interval in ranges(type(section)).items():
+        value = attrgetter(key)(section)
+        if value is not None and not inside(value, interval):
+            yield key, value, interval
 
 
 def check_ranges(section: typing.Any, owner: str = "") -> None:
     """Raises ValueError, one line, for the first number of a dataclass, and of those in it, outside its range."""
-    default = type(section)()
-    for key, interval in ranges(type(section)).items():
-        value = attrgetter(key)(section)
-        if value is not None and not inside(value, interval):
-            bounds = [type(value)(float(bound)) for bound in interval[1:-1].split(",") if "inf" not in bound]
-            within = [bound for bound in bounds if inside(bound, interval)]
-            nearest = min(within, key=lambda bound: abs(bound - value), default=attrgetter(key)(default))
-            raise ValueError(f"{owner and owner + '.'}{key}={value}: must be in {interval}; nearest valid: {key}={nearest}")
+    for key, value, interval in outside(section):
+        within = [type(value)(bound) for bound in bounds(interval) if math.isfinite(bound) and inside(bound, interval)]
+        nearest = min(within, key=lambda bound: abs(bound - value), default=attrgetter(key)(type(section)()))
+        raise ValueError(f"{owner and owner + '.'}{key}={value}: must be in {interval}; nearest valid: {key}={nearest}")
 
 
 def check_kinds(section: typing.Any, owner: str = "") -> None:

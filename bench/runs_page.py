@@ -7,9 +7,11 @@ import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..plan.accuracy_picture import write_charts
 from ..train.logging.journal import read_journal
 from .quality.runs import deviation
 from .timing import markdown
@@ -117,32 +119,20 @@ def samples(run: FinishedRun) -> Iterator[str]:
 
 def tracked(run: FinishedRun) -> Iterator[str]:
     """Yields the files that W&B left, those of a folder as one."""
-    sizes: dict[str, list[int]] = {}
+    sizes, run_id = dict[str, list[int]](), (run.folder / "run_id").read_text().strip()
     for path in sorted(path for path in run.folder.glob("wandb/offline-run-*/**/*") if path.is_file()):
         inside = Path(*path.relative_to(run.folder / "wandb").parts[1:])
         alone = inside.parent == Path()
-        name = inside.name.replace(run_id(run), "ID") if alone else f"{inside.parent.as_posix()}/"
+        name = inside.name.replace(run_id, "ID") if alone else f"{inside.parent.as_posix()}/"
         sizes.setdefault(name, []).append(path.stat().st_size)
     if sizes:
         rows = [[name.replace("|", "/"), str(len(each)), f"{sum(each) / 1e3:,.0f} kB"] for name, each in sizes.items()]
         yield from [f"In W&B's folder of {run.folder.name}:", "", markdown(["file or folder", "files", "size"], rows), ""]
 
 
-def run_id(run: FinishedRun) -> str:
-    return (run.folder / "run_id").read_text().strip()
-
-
 def draw(runs: Sequence[FinishedRun], path: Path) -> None:
     """Writes an SVG: losses on the left, probes on the right. Raises ImportError without matplotlib."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "tokenyard", "svg.fonttype": "none", "font.size": 11}):
-        figure = Figure(figsize=(13, 5.2), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _losses(left, runs)
-        _probes(right, runs)
-        figure.savefig(path, metadata={"Date": None})
+    write_charts(path, 5.2, partial(_losses, runs=runs), partial(_probes, runs=runs))
 
 
 def _losses(axes: "Axes", runs: Sequence[FinishedRun]) -> None:

@@ -49,6 +49,8 @@ class Exported:
     architecture: str
     dtype: str
     files: list[str]
+    bytes: int
+    """Of the files, which are those of the weights."""
     notes: list[str] = field(default_factory=list)
     """One line for each thing that could not be exported, or means something else there."""
 
@@ -105,7 +107,8 @@ def export_checkpoint(
         if idle := family.idle(model):
             copies = f"{len(idle)} tensors, as {next(iter(idle))}, are copies of others"
             notes.append(f"{copies}: transformers has them and never uses them")
-        made = Exported(folder, family.architecture, config["dtype"], files, notes)
+        size = sum((unfinished / file).stat().st_size for file in files)
+        made = Exported(folder, family.architecture, config["dtype"], files, size, notes)
         finish(made, unfinished)
     return made
 

@@ -61,14 +61,12 @@ def export_with_card(
     """Exports the checkpoint, or the newest undamaged one of a run, to the new folder `folder`, with its model card."""
     from ..checkpoint.store import checkpoint_at  # imports torch
     from ..interop.export import export_checkpoint
-    from .model_card import CARD, Weights, model_card, read_training
+    from .model_card import CARD, model_card, read_training
 
     checkpoint = checkpoint_at(path)
 
     def card(made: "Exported", unfinished: Path) -> None:
-        size = sum((unfinished / file).stat().st_size for file in made.files)
-        weights = Weights(made.architecture, made.dtype, size, made.notes)
-        (unfinished / CARD).write_text(model_card(read_training(checkpoint), weights, repo, license))
+        (unfinished / CARD).write_text(model_card(read_training(checkpoint), made, repo, license))
 
     with progress_bar("of the bytes read and written") as progress:
         return export_checkpoint(checkpoint, folder, dtype, architecture, progress=progress, finish=card)

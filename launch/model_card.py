@@ -5,7 +5,7 @@ All facts are those that a checkpoint and its run recorded; others are absent. F
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.manifest import Manifest, read_manifest
 from ..data.config import Corpus, DataConfig, mixture_sources
@@ -18,22 +18,15 @@ from ..train.config.redact import redact
 from ..train.config.serialize import config_from_plain
 from ..train.weight_source import HUB_NAME
 
+if TYPE_CHECKING:
+    from ..interop.export import Exported
+
 CARD = "README.md"
 SENTENCES = {
     Corpus.stdlib: "the source text of Python's standard library",
     Corpus.synthetic: "small stories made by a grammar",
 }
 """Corpora that need no name."""
-
-
-class Weights(NamedTuple):
-    """What an export has written."""
-
-    architecture: str
-    dtype: str
-    bytes: int
-    notes: list[str]
-    """What could not be exported, or means something else there."""
 
 
 class Training(NamedTuple):
@@ -81,7 +74,7 @@ def _run_of(checkpoint: Path, manifest: Manifest) -> Run | None:
         return None
 
 
-def model_card(training: Training, weights: Weights, repo: str | None = None, license: str | None = None) -> str:
+def model_card(training: Training, made: "Exported", repo: str | None = None, license: str | None = None) -> str:
     """Returns the text of README.md. `repo`: where the model will be on the hub; `license`: an identifier of the hub's list."""
     import yaml
 
@@ -89,8 +82,8 @@ def model_card(training: Training, weights: Weights, repo: str | None = None, li
     parts = [
         f"---\n{yaml.safe_dump(front_matter(training.config, license), sort_keys=False)}---",
         f"# {_cell(name)}",
-        _opening(training.config, weights),
-        "## Architecture\n\n" + _table(_architecture(training.config, weights)),
+        _opening(training.config, made),
+        "## Architecture\n\n" + _table(_architecture(training.config, made)),
     ]
     if training.step or training.facts.get("tokens"):
         parts.append("## Training\n\n" + _table(_training(training)))
@@ -98,7 +91,7 @@ def model_card(training: Training, weights: Weights, repo: str | None = None, li
         parts.append(f"## Evaluation\n\n{measured}")
     if balance := _balance(training.numbers):
         parts.append(f"## Balance of the experts\n\n{balance}")
-    parts += ["## Use\n\n" + _use(repo), "## Limits\n\n" + "\n".join(f"- {_cell(each)}" for each in _limits(training, weights))]
+    parts += ["## Use\n\n" + _use(repo), "## Limits\n\n" + "\n".join(f"- {_cell(each)}" for each in _limits(training, made))]
     return redact("\n\n".join(parts) + "\n")
 
 
@@ -116,14 +109,14 @@ def front_matter(config: Config, license: str | None) -> dict[str, Any]:
     }
 
 
-def _opening(config: Config, weights: Weights) -> str:
+def _opening(config: Config, made: "Exported") -> str:
     parts, experts = count(config.model), moe_layers(config.model)
     kind = "Mixture-of-Experts language model" if experts else "language model"
     active = f", of which {short(parts.active)} are active for each token" if experts else ""
-    return f"A {kind} with {short(parts.total)} parameters{active}, trained with tokenyard. transformers: `{weights.architecture}`."
+    return f"A {kind} with {short(parts.total)} parameters{active}, trained with tokenyard. transformers: `{made.architecture}`."
 
 
-def _architecture(config: Config, weights: Weights) -> Iterator[tuple[str, str]]:
+def _architecture(config: Config, made: "Exported") -> Iterator[tuple[str, str]]:
     model, parts, experts = config.model, count(config.model), moe_layers(config.model)
     yield "parameters", f"{parts.total:,}"
     if experts:
@@ -135,7 +128,7 @@ def _architecture(config: Config, weights: Weights) -> Iterator[tuple[str, str]]
         yield "experts of a layer", f"{model.moe.experts}, {model.moe.hidden} wide; {model.moe.top_k} for each token"
         yield "routing", describe_routing(model)
     yield "vocabulary", f"{model.vocabulary:,}"
-    yield "weights", f"{weights.dtype}, {gigabytes(weights.bytes)}"
+    yield "weights", f"{made.dtype}, {gigabytes(made.bytes)}"
 
 
 def _training(training: Training) -> Iterator[tuple[str, str]]:
@@ -259,7 +252,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```"""
 
 
-def _limits(training: Training, weights: Weights) -> Iterator[str]:
+def _limits(training: Training, made: "Exported") -> Iterator[str]:
     config, tokens = training.config, training.facts.get("tokens")
     if training.step:
         yield "This run trained it to predict the next token of its data, not to follow instructions or to refuse."
@@ -269,7 +262,7 @@ def _limits(training: Training, weights: Weights) -> Iterator[str]:
     if training.step < config.steps:
         yield f"The run was planned for {config.steps:,} steps and is at {training.step:,}."
     yield "The run has measured nothing of it but what this card says."
-    yield from weights.notes
+    yield from made.notes
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

@@ -124,9 +124,9 @@ class Layers(nn.ModuleDict):
 
     def __repr__(self) -> str:
         runs: list[tuple[list[str], str]] = []
-        for index, block in self.items():
-            if not runs or runs[-1][1] != repr(block):
-                runs.append(([], repr(block)))
+        for index, text in ((index, repr(block)) for index, block in self.items()):
+            if not runs or runs[-1][1] != text:
+                runs.append(([], text))
             runs[-1][0].append(index)
         names = [f"({each[0]}):" if len(each) == 1 else f"({each[0]} to {each[-1]}): {len(each)} x" for each, _ in runs]
         lines = [f"{name} {text}" for name, (_, text) in zip(names, runs, strict=True)]

@@ -97,18 +97,20 @@ class Muon(torch.optim.Optimizer):
         for name, (shape, by_fsdp) in shardings.items():
             assert named[name].metadata == shard_of(name, shape, model, parallel.mesh.sizes, by_fsdp, rank), name
         self.products = config.muon.products
-        self.buckets = buckets(Layout(model, config.muon, parallel.mesh.sizes, rank), shardings)
+        sizes = {name: one.metadata.sizes for name, one in named.items()}
+        found = buckets(Layout(model, config.muon, parallel.mesh.sizes, rank), shardings)
+        self.buckets = [(bucket, bucket.stacked(sizes)) for bucket in found]
+        """Each with whether its parameters are stacks of whole matrices."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates all parameters by their gradients."""
         assert closure is None
         directions: dict[str, Tensor] = {}
-        sizes = {name: sharded.metadata.sizes for name, sharded in self.named.items()}
-        for bucket in self.buckets:
+        for bucket, stacked in self.buckets:
             for name in bucket.names:
                 directions[name] = self._direction(self.named[name])
-            if bucket.stacked(sizes):
+            if stacked:
                 self._orthogonalize_here(bucket, directions)
             else:
                 self._orthogonalize(bucket, directions)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from fake_hub import TOKEN, Hub, serving
+from test_conventions import TINY
 from tokenyard.launch.main import main
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.number_format import gigabytes
@@ -20,14 +21,6 @@ from tokenyard.train.run import run
 # The hub's client calls its transport in a way that this one deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
-TINY = [
-    "model=tiny_mixtral",
-    "data=synthetic",
-    "tokenizer=bytes",
-    "sequence_length=32",
-    "batch.sequences=4",
-    "evaluate.sequences=4",
-]
 REPO = "repo=me/small"
 
 
@@ -241,12 +234,13 @@ def test_what_is_not_recorded_is_absent(first: Path, tmp_path: Path) -> None:
 
 
 def test_data_is_named_without_its_folders(tmp_path: Path, first: Path) -> None:
-    from tokenyard.launch.model_card import Weights, model_card, read_training
+    from tokenyard.interop.export import Exported
+    from tokenyard.launch.model_card import model_card, read_training
 
     training = read_training(next((first / "checkpoints").iterdir()))
     mix = "['weight=0.7 corpus=hf name=org/web subset=en','weight=0.3 corpus=jsonl path=/home/someone/private/own.jsonl']"
     config = compose([*TINY[:1], *TINY[2:], "data=mix", f"data.mix={mix}", "checkpoint.init=null"])
-    card = model_card(training._replace(config=config), Weights("X", "float32", 1, ["a | b"]), None)
+    card = model_card(training._replace(config=config), Exported(tmp_path, "X", "float32", [], 1, ["a | b"]), None)
     front, body = front_and_body(card)
     assert front["datasets"] == ["org/web"] and "someone" not in card and "- a \\| b" in body
     assert row(body, "data") == "hf: org/web, en (70% of the tokens); jsonl: own.jsonl (30% of the tokens)"

@@ -11,7 +11,7 @@ from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....moe.param_shapes import shapes
 from ....parallel.config import PipelineSchedule
 from ....parallel.layout import rank_shapes
-from ....ranges import inside, ranges
+from ....ranges import bounds, inside, outside
 from .. import deepspeed_settings
 from ..config import Config, Device, GradientDtype, OptimizerStates, Precision, ScheduleUnit, Shape
 from ..matrices import OptimizerName
@@ -44,10 +44,8 @@ def layout_violations(config: Config, world: int) -> Iterator[Violation]:
 
 
 def intervals(config: Config, world: int) -> Iterator[Violation]:
-    for key, interval in ranges(Config).items():
-        value = attrgetter(key)(config)
-        if value is not None and not inside(value, interval):
-            yield Violation(key, f"must be in {interval}", _around(key, interval))
+    for key, _, interval in outside(config):
+        yield Violation(key, f"must be in {interval}", _around(key, interval))
 
 
 def tokenizer(config: Config, world: int) -> Iterator[Violation]:
@@ -240,7 +238,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
 def _around(key: str, interval: str) -> list[object]:
     """Candidates inside the interval: included bounds, whole numbers from the lower one, and the default."""
     default = attrgetter(key)(Config())
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    low, high = bounds(interval)
     if isinstance(default, float):
         return [value for value in (low, high, default) if inside(value, interval)]
     top = [] if math.isinf(high) else [value for value in (int(high), int(high) - 1) if inside(value, interval)]
