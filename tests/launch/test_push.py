@@ -205,6 +205,8 @@ def test_the_card_says_what_was_recorded(first: Path, tmp_path: Path, capsys: py
     }
     assert main(["params", "model=tiny_mixtral", "tokenizer=bytes", "--json"]) == 0
     size = json.loads(capsys.readouterr().out)
+    held = sum(bytes for name, bytes in facts["files"].items() if name.endswith(".safetensors"))
+    assert row(body, "weights") == f"float32, {gigabytes(held)}"
     assert row(body, "parameters") == f"{size['total']:,}" and row(body, "active for each token").startswith(f"{size['active']:,} ")
     assert (
         row(body, "tokens") == f"{3 * 4 * 32:,}" and row(body, "steps") == "3" and row(body, "batch") == "4 sequences of 32 tokens"

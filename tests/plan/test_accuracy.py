@@ -108,5 +108,7 @@ def test_the_page_is_that_of_the_coefficients(compared: list[Compared]) -> None:
 def test_the_picture_has_a_point_for_each_row(compared: list[Compared], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(compared, tmp_path / "plan.svg")
+    draw(compared, tmp_path / "again.svg")
+    assert (tmp_path / "plan.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
     points = [path.read_text().count("<use") for path in (tmp_path / "plan.svg", PICTURE)]
     assert points[0] == points[1] >= len(compared)
